@@ -1,10 +1,13 @@
-"""What the ages of running jobs add to a forecast of demand.
+"""What the ages of running jobs, and what they say of their end, add to a forecast of demand.
 
 Problem: the public series are sums, and the jobs behind them are not among them. So jobs are drawn:
 they come by the hour of the day, most are short and small, lengths are log-normal (half last less
 than a quarter of an hour, one in a hundred for days), and a few take several boxes. Nobody says how
 long he needs. The same forecaster hears the same series twice, once with what a life table says of
 those who are there. That the drawn lengths are like those of a fleet is an assumption.
+
+Then some of them do say when they end: all, half of them, or all of them wrong, namely that they
+take twice as long as they do. Of those who say nothing the life table says it.
 
 Real ones, where a list of them is at hand (`bench.forecast --jobs FILE`): a CSV file with the
 columns `timestamp` (ISO), `duration` (s) and `num_gpus`, such as the list of Philly's jobs in the
@@ -24,7 +27,8 @@ import numpy as np
 
 from bench import report
 from coordinator.forecast.forecaster import Forecaster
-from coordinator.forecast.quantiles import LEVELS, pinball
+from coordinator.forecast.quantiles import LEVELS, Floats, pinball
+from coordinator.forecast.skewed import AGES, KNOWN_ENDS
 from coordinator.forecast.survival import HOUR_S, Holds, stays
 
 HOURS = 24 * 42
@@ -34,14 +38,22 @@ DAILY_RATIO = 0.5  # by how much arrivals rise and fall with the hour
 MEDIAN_S, SIGMA = 800.0, 2.2
 SIZES = (1, 1, 1, 1, 1, 2, 4, 8, 8, 16)
 SEEDS = (1, 2)
+# Who says when he ends: a part of all, and how many times as late as he does.
+TELLERS = {
+    "ends of all jobs": (1.0, 1.0),
+    "ends of half the jobs": (0.5, 1.0),
+    "ends of all jobs, twice as late": (1.0, 2.0),
+}
 
 
 @dataclass(frozen=True)
 class Hour:
-    """`held` GPUs at its end, and of them as many as the table expects to stay."""
+    """`held` GPUs at its end, and of them as many as the table expects to stay, or those who say
+    it: for each of `TELLERS`."""
 
     held: float
     stays: tuple[float, ...]
+    say: tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -93,21 +105,46 @@ def hours(jobs: Iterable[Job], count: int, ahead_h: tuple[int, ...]) -> list[Hou
         float(holds.gpus @ ((holds.begin_h < hour) & (holds.end_h > hour)))
         for hour in range(1, count)
     ]
-    return [Hour(gpus, tuple(each)) for gpus, each in zip(held, stay, strict=True)]
+    say = [said(holds, count - 1, ahead_h, *teller) for teller in TELLERS.values()]
+    return [
+        Hour(gpus, tuple(each), tuple(tuple(one[:, at]) for one in say))
+        for at, (gpus, each) in enumerate(zip(held, stay, strict=True))
+    ]
+
+
+def said(holds: Holds, count: int, ahead_h: tuple[int, ...], ratio: float, times: float) -> Floats:
+    """How many of the GPUs that are held at the end of each hour are held still so many hours
+    later, if `ratio` of the jobs say so; shape (hours ahead, hours)."""
+    chance = np.random.default_rng(len(holds.gpus))
+    says = chance.random(len(holds.gpus)) < ratio
+    silent = Holds(holds.gpus[~says], holds.begin_h[~says], holds.end_h[~says])
+    gpus, begin_h, end_h = holds.gpus[says], holds.begin_h[says], holds.end_h[says]
+    told_h = begin_h + times * (end_h - begin_h)
+    found = (
+        stays(silent, count, 1, ahead_h) if len(silent.gpus) else np.zeros((len(ahead_h), count))
+    )
+    for hour in range(1, count + 1):
+        here = (begin_h < hour) & (end_h > hour)
+        for place, hours_on in enumerate(ahead_h):
+            found[place, hour - 1] += gpus @ (here & (told_h > hour + hours_on))
+    return found
 
 
 def _losses(past: list[Hour], ahead_h: int, which: int) -> tuple[list[float], list[float]]:
-    """Weighted quantile loss and error of the median, in percent of demand; blind, then told."""
-    blind, told = Forecaster(ahead_h, 1), Forecaster(ahead_h, 1)
-    losses, errors, demand = [0.0, 0.0], [0.0, 0.0], 0.0
+    """Weighted quantile loss and error of the median, in percent of demand; blind, by ages, and by
+    ages and each of `TELLERS`."""
+    made = [Forecaster(ahead_h, 1) for _ in range(2 + len(TELLERS))]
+    losses, errors, demand = [0.0] * len(made), [0.0] * len(made), 0.0
     for at, each in enumerate(past[:-ahead_h]):
-        blind.observe(each.held)
-        told.observe(each.held, each.stays[which])
+        ages = {AGES: each.stays[which]}
+        heard = [{}, ages, *({**ages, KNOWN_ENDS: say[which]} for say in each.say)]
+        for forecaster, told in zip(made, heard, strict=True):
+            forecaster.observe(each.held, told)
         if at < WARM_UP_H:
             continue
         actual = past[at + ahead_h].held
         demand += actual
-        for place, said in enumerate((blind.forecast(), told.forecast())):
+        for place, said in enumerate(each.forecast() for each in made):
             losses[place] += 200 * float(pinball(actual, said).mean())
             errors[place] += 100 * abs(actual - float(said[len(LEVELS) // 2]))
     return [loss / demand for loss in losses], [error / demand for error in errors]
@@ -125,14 +162,15 @@ def rows(ahead_h: tuple[int, ...], file: Path | None = None) -> list[report.Row]
     for which, ahead in enumerate(ahead_h):
         told = [_losses(past, ahead, which) for past in pasts]
         for kind, name in enumerate(("loss", "error of the median")):
-            blind, aged = (sum(each[kind][place] for each in told) / len(told) for place in (0, 1))
-            made.append(
-                report.Row(
-                    name=f"{whose}, {ahead} h ahead: {name} with ages of jobs",
-                    value=aged,
-                    unit="% of demand",
-                    reference=blind,
-                    reference_source="the same without",
+            blind, *others = np.mean([each[kind] for each in told], axis=0)
+            for what, value in zip(("ages of jobs", *TELLERS), others, strict=True):
+                made.append(
+                    report.Row(
+                        name=f"{whose}, {ahead} h ahead: {name} with {what}",
+                        value=float(value),
+                        unit="% of demand",
+                        reference=float(blind),
+                        reference_source="the same without",
+                    )
                 )
-            )
     return made

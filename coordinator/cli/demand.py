@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from coordinator.cli.demand_client import Told
     from coordinator.forecast.demand_file import Series
     from coordinator.forecast.forecaster import Forecaster
-    from coordinator.forecast.quantiles import Floats
+    from coordinator.forecast.grid import Told as ToldSeries
 
 # Ten minutes a step, unless there is less of them than this: half a day.
 STEPS_MIN = 72
@@ -41,7 +41,7 @@ def ask(
     with DemandClient(settings_of(context)) as client:
         for period_min in PERIODS_MIN:
             coarse = period_min == PERIODS_MIN[0]
-            told = client.demand(*asked, period_min, ahead_h=ahead_h, with_holds=coarse)
+            told = client.demand(*asked, period_min, ahead_h=ahead_h, with_jobs=coarse)
             if len(told.gpus) >= STEPS_MIN:
                 break
     if told.begin is None or len(told.gpus) < 3:
@@ -77,14 +77,14 @@ def plot(
     series: "Series",
     forecaster: "Forecaster",
     what: str,
-    staying: "Floats | None" = None,
+    told: "ToldSeries | None" = None,
 ) -> None:
-    """Demand, and the bands that a new forecaster says of it so many hours before; `staying` as
+    """Demand, and the bands that a new forecaster says of it so many hours before; `told` as
     `backtest` has it. Raises `CommandFailed`."""
     from coordinator.forecast.course import course
     from coordinator.sim.svg import Band, Chart, Curve, draw
 
-    points = course(forecaster, series.values, SHOWN_H_MAX, staying)
+    points = course(forecaster, series.values, SHOWN_H_MAX, told)
     ahead_h = forecaster.ahead // forecaster.per_hour
     said = [point for point in points if point.quantiles]
     bands = [

@@ -12,6 +12,7 @@ from protos.baton.v1 import demand_pb2 as pb
 from protos.baton.v1 import demand_pb2_grpc, types_pb2
 
 if TYPE_CHECKING:
+    from coordinator.forecast.foretold import Foretold
     from coordinator.forecast.survival import Holds
 
 
@@ -27,7 +28,7 @@ class Held:
 @dataclass(frozen=True, slots=True)
 class Told:
     """`gpus` are NaN where nobody looked; `begin` is `None` where nothing was ever sampled, `holds`
-    where it was not asked or is not known, as by an older coordinator."""
+    and `foretold` where it was not asked or is not known, as by an older coordinator."""
 
     begin: datetime | None
     period_min: int
@@ -36,6 +37,7 @@ class Told:
     held_gpus: float
     held: tuple[Held, ...]
     holds: "Holds | None"
+    foretold: "Foretold | None"
 
 
 class DemandClient(Client):
@@ -55,9 +57,10 @@ class DemandClient(Client):
         period_min: int,
         *,
         ahead_h: Sequence[int] = (),
-        with_holds: bool = False,
+        with_jobs: bool = False,
     ) -> Told:
-        """All that is kept of it in this resolution; what is empty is summed over."""
+        """All that is kept of it in this resolution; what is empty is summed over. `with_jobs`:
+        also who held GPUs, and what was known of their ends."""
         word = f"JOB_CLASS_{(job_class or 'unspecified').upper()}"
         request = pb.GetDemandRequest(
             gpu_type=gpu_type,
@@ -65,7 +68,8 @@ class DemandClient(Client):
             job_class=types_pb2.JobClass.Value(word),
             period_minutes=period_min,
             ahead_minutes=[60 * hours for hours in ahead_h],
-            with_holds=with_holds,
+            with_holds=with_jobs,
+            with_still_wanted=with_jobs,
         )
         answer = self._call(self._demand.GetDemand, request)
         begin = time_of(answer, "begin_time")
@@ -81,7 +85,19 @@ class DemandClient(Client):
             answer.held_gpus,
             held,
             _holds(answer.holds) if answer.HasField("holds") else None,
+            _foretold(answer.still_wanted) if answer.HasField("still_wanted") else None,
         )
+
+
+def _foretold(told: pb.StillWanted) -> "Foretold":
+    import numpy as np
+
+    from coordinator.forecast.foretold import Foretold
+
+    ahead_h = np.array(told.ahead_minutes) / 60
+    return Foretold(
+        np.array(told.minutes), ahead_h, np.array(told.gpus).reshape(len(told.minutes), -1)
+    )
 
 
 def _holds(told: pb.Holds) -> "Holds":

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from coordinator.forecast.backtest import Score
     from coordinator.forecast.demand_file import Series
     from coordinator.forecast.forecaster import Forecaster, Kind
+    from coordinator.forecast.grid import Told as ToldSeries
     from coordinator.forecast.quantiles import Floats
+    from coordinator.forecast.survival import Holds
 
 _COLUMNS = (
     Column("AHEAD", right=True),
@@ -116,10 +118,10 @@ def forecast(context: click.Context, /, ahead_h: tuple[int, ...], **given: Any) 
     if given["save"] is not None:
         demand.save(given["save"], series)
         write_notice(demand.saved(given["save"], series, asked=known is not None))
-    new, staying = _maker(series), _staying(series, known, ahead_h)
+    new, beside = _maker(series), _beside(series, known, ahead_h)
     with progress(len(ahead_h) * len(series.values), "judging forecasts") as passed:
         told = [
-            _tell(new(hours), series, staying.get(hours), given["warm_up_h"], passed)
+            _tell(new(hours), series, beside.get(hours, {}), given["warm_up_h"], passed)
             for hours in ahead_h
         ]
     for sentence in _unjudged(told):
@@ -128,7 +130,7 @@ def forecast(context: click.Context, /, ahead_h: tuple[int, ...], **given: Any) 
         held = {one.ahead_h: one for one in known.held}
         told = [dataclasses.replace(each, held=held.get(each.ahead_h)) for each in told]
     if given["plot"] is not None:
-        demand.plot(given["plot"], series, new(ahead_h[0]), what, staying.get(ahead_h[0]))
+        demand.plot(given["plot"], series, new(ahead_h[0]), what, beside.get(ahead_h[0]))
     if settings_of(context).as_json:
         write_json([dataclasses.asdict(each) for each in told])
         return
@@ -193,29 +195,44 @@ def _maker(series: "Series") -> "Callable[[int], Forecaster]":
     return lambda hours: Forecaster(hours, series.per_hour, series.first_step, kinds)
 
 
-def _staying(series: "Series", known: "Told | None", ahead_h: Sequence[int]) -> "dict[int, Floats]":
-    """By hours ahead, what a forecaster hears beside each step; empty where nobody knows."""
-    if known is None or known.holds is None:
-        return {}
+def _beside(
+    series: "Series", known: "Told | None", ahead_h: Sequence[int]
+) -> "dict[int, ToldSeries]":
+    """By hours ahead, what a forecaster hears beside each step; nothing where nobody knows."""
+    from coordinator.forecast import foretold, skewed
+
+    found: dict[int, dict[str, Floats]] = {hours: {} for hours in ahead_h}
+    if known is not None and known.holds is not None:
+        for hours, said in zip(ahead_h, _by_ages(series, known.holds, ahead_h), strict=True):
+            found[hours][skewed.AGES] = said
+    if known is not None and known.foretold is not None:
+        steps, per_hour = len(series.values), series.per_hour
+        each = foretold.still_wanted(known.foretold, steps, per_hour, ahead_h)
+        for hours, said in zip(ahead_h, each, strict=True):
+            found[hours][skewed.KNOWN_ENDS] = said
+    return dict(found)
+
+
+def _by_ages(series: "Series", holds: "Holds", ahead_h: Sequence[int]) -> "list[Floats]":
     from coordinator.forecast.forecaster import WEEK_H
     from coordinator.forecast.survival import still_wanted
 
     with progress(len(series.values), "replaying ages of jobs") as passed:
-        found = still_wanted(known.holds, series.values, series.per_hour, ahead_h, passed=passed)
+        found = still_wanted(holds, series.values, series.per_hour, ahead_h, passed=passed)
     all_h = len(series.values) / series.per_hour
-    known_h = all_h - known.holds.since_h
+    known_h = all_h - holds.since_h
     if known_h < WEEK_H <= all_h:
         write_notice(
             "ages of jobs are not heard: the coordinator no longer keeps all that ended more than"
             f" {max(0.0, known_h):.0f} h ago, and {WEEK_H} h are needed"
         )
-    return dict(zip(ahead_h, found, strict=True))
+    return found
 
 
 def _tell(
     forecaster: "Forecaster",
     series: "Series",
-    staying: "Floats | None",
+    beside: "ToldSeries",
     warm_up_h: int,
     passed: Callable[[int], None],
 ) -> _Told:
@@ -224,7 +241,7 @@ def _tell(
 
     score, unjudged = None, ""
     try:
-        score = backtest(forecaster, series.values, warm_up_h, passed, staying)
+        score = backtest(forecaster, series.values, warm_up_h, passed, beside)
     except ValueError as error:
         unjudged = str(error)
     said = forecaster.forecast()

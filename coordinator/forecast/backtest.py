@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from coordinator.forecast.forecaster import KINDS, Forecaster
-from coordinator.forecast.quantiles import Floats, pinball
+from coordinator.forecast.grid import Told, at_step
+from coordinator.forecast.quantiles import pinball
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,18 +36,17 @@ def backtest(
     values: Sequence[float],
     warm_up_h: int,
     passed: Callable[[int], None] | None = None,
-    staying: Floats | None = None,
+    told: Told | None = None,
 ) -> Score:
     """Judge a series, NaN where nobody knows; `forecaster` is new, and afterwards has been told all
-    of it. `staying`: at each step, as many as were then expected to be wanted still when a forecast
-    is about (`survival.py`), if anybody knows. `passed` hears how many steps more are done, for
-    whoever waits: it may take a minute. Raises ValueError where it is too short, with a sentence
+    of it, with what was `told` beside it. `passed` hears how many steps more are done, for whoever
+    waits: it may take a minute. Raises ValueError where it is too short, with a sentence
     that does not name the horizon: it is the same for several."""
     ahead, per_hour = forecaster.ahead, forecaster.per_hour
     losses, persistence_losses, demand = [], [], []
     covered = 0
     for step, gpus in enumerate(values):
-        forecaster.observe(gpus, math.nan if staying is None else staying[step])
+        forecaster.observe(gpus, at_step(told or {}, step))
         if passed is not None:
             passed(1)
         actual = values[step + ahead] if step + ahead < len(values) else math.nan

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from coordinator.forecast.forecaster import Forecaster
-from coordinator.forecast.quantiles import Floats
+from coordinator.forecast.grid import Told, at_step
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,15 +27,15 @@ def course(
     forecaster: Forecaster,
     values: Sequence[float],
     shown_h: int,
-    staying: Floats | None = None,
+    told: Told | None = None,
 ) -> list[Point]:
     """The last `shown_h` hours and those that are ahead, of each `per_hour`th step what was said;
-    `forecaster` is new, and hears `staying` as in `backtest`."""
+    `forecaster` is new, and hears `told` as in `backtest`."""
     per_hour = forecaster.per_hour
     last, ahead = len(values) - 1, forecaster.ahead
     said: dict[int, tuple[float, ...]] = {}
     for step, gpus in enumerate(values):
-        forecaster.observe(gpus, math.nan if staying is None else staying[step])
+        forecaster.observe(gpus, at_step(told or {}, step))
         due = step + ahead
         if (last - due) % per_hour == 0 and due > last - shown_h * per_hour:
             if not math.isnan(gpus):

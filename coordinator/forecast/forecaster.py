@@ -8,7 +8,8 @@ one below:
     a day to a week      persistence, with bands from its own errors
     one to three weeks   bands by how nervous demand is; the hour of the day; each quantile by
                          itself (`skewed.py`), and from ten days on with all that is known; who of
-                         those that hold GPUs stays, where that is told (`survival.py`)
+                         those that hold GPUs stays, where that is told: by their ages
+                         (`survival.py`), and by what they say themselves
     beyond that          a ridge regression on all of it, and trees where their library is installed
                          and somebody asks for them (`boosted.py`); the two that know least make way
 
@@ -18,7 +19,7 @@ once a day, on a bounded window; an observation costs microseconds, a forecast a
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -55,15 +56,23 @@ def _spread(drift: Drift, *, scaled: bool) -> Fit:
 @dataclass(frozen=True)
 class Kind:
     """A model, from how many hours of clean history on and until when, and by how much it is
-    doubted at first. One that `needs_told` counts the hours in which it was told who stays, and
-    sleeps in others."""
+    doubted at first. One that `needs_told` counts the hours in which it was told, under its name,
+    who stays, and sleeps in others; `told_hourly`: at full hours, and now."""
 
     name: str
     fit: Fit
     clean_h_min: int
     handicap: float
     needs_told: bool = False
+    told_hourly: bool = False
     clean_h_max: float = math.inf
+
+    def told_h(self, taught: Lesson) -> float:
+        """Of what there is to learn from."""
+        there = ~np.isnan(taught.grid.told[self.name][taught.past])
+        if self.told_hourly:
+            return int(np.count_nonzero(there & taught.grid.full_hours[taught.past]))
+        return int(np.count_nonzero(there)) / taught.grid.per_hour
 
 
 KINDS: Final = (
@@ -80,7 +89,8 @@ KINDS: Final = (
     Kind("skewed regression", skewed.regressed, TEN_DAYS_H, 0.0),
     Kind("free regression", skewed.freely, TEN_DAYS_H, 0.0),
     Kind("long regression", skewed.over_weeks, TEN_DAYS_H, 0.0),
-    Kind("ages", skewed.aged, WEEK_H, 0.0, needs_told=True),
+    Kind(skewed.AGES, skewed.aged, WEEK_H, 0.0, needs_told=True),
+    Kind(skewed.KNOWN_ENDS, skewed.foretold, WEEK_H, 0.0, needs_told=True, told_hourly=True),
     Kind("ridge", _spread(experts.ridge, scaled=True), THREE_WEEKS_H, 0.0),
 )
 
@@ -127,7 +137,9 @@ class Forecaster:
         self.per_hour = per_hour
         self._kinds = tuple(kinds)
         self._values: deque[float] = deque(maxlen=KEPT_DAYS * HOURS_PER_DAY * per_hour)
-        self._told: deque[float] = deque(maxlen=self._values.maxlen)
+        self._told: dict[str, deque[float]] = {
+            kind.name: deque(maxlen=self._values.maxlen) for kind in kinds if kind.needs_told
+        }
         self.steps = first_step  # that were told, and those before the first
         self._clean = 0
         self._mixture = Mixture({kind.name: kind.handicap for kind in kinds}, ahead_h)
@@ -137,15 +149,17 @@ class Forecaster:
         self._said: deque[Said] = deque()
         self._asked: tuple[int, dict[str, Floats]] = (-1, {})
 
-    def observe(self, gpus: float, known_gpus: float = math.nan) -> None:
-        """Demand of the next step; NaN where nobody knows. `known_gpus`: as many of them as are
-        expected to be wanted still when a forecast is about (`survival.py`), as a mean, if anybody
-        says so. Negative or infinite is an error."""
-        for count in (gpus, known_gpus):
+    def observe(self, gpus: float, told_gpus: Mapping[str, float] | None = None) -> None:
+        """Demand of the next step; NaN where nobody knows. `told_gpus`, by model that hears it: as
+        many of them as are expected to be wanted still when a forecast is about, as a mean, if
+        anybody says so. Negative or infinite is an error."""
+        told_gpus = told_gpus or {}
+        for count in (gpus, *told_gpus.values()):
             if count < 0 or math.isinf(count):
                 raise ValueError(f"demand is a count of GPUs, not {count}")
         self._values.append(gpus)
-        self._told.append(known_gpus)
+        for name, told in self._told.items():
+            told.append(told_gpus.get(name, math.nan))
         self.steps += 1
         self._clean += not math.isnan(gpus)
         self._judge(gpus)
@@ -197,24 +211,24 @@ class Forecaster:
             taught = experts.lesson(grid, self.ahead)
             if len(taught.past) < self.per_hour * HOURS_PER_DAY // 2:
                 return {}
-            told_h = int(np.count_nonzero(~np.isnan(grid.told[taught.past]))) / self.per_hour
+            hours = {
+                kind.name: kind.told_h(taught) if kind.needs_told else clean_h
+                for kind in self._kinds
+            }
             self._fitted = {
                 kind.name: kind.fit(taught, self.ahead)
                 for kind in self._kinds
-                if kind.clean_h_min <= (told_h if kind.needs_told else clean_h) < kind.clean_h_max
+                if kind.clean_h_min <= hours[kind.name] < kind.clean_h_max
             }
             self._fitted_at = self.steps
             self._levels = Levels.of(taught, self.ahead)
             self._mixture.outcomes = float(self._levels.outcomes[-1])
         if self._levels is not None:
             self._mixture.outcomes_as_low = self._levels.as_low(float(grid.known[-1]))
-        asleep = {
-            kind.name for kind in self._kinds if kind.needs_told and math.isnan(self._told[-1])
-        }
         return {
             name: fitted.forecast(grid)
             for name, fitted in self._fitted.items()
-            if name not in asleep
+            if name not in self._told or not math.isnan(self._told[name][-1])
         }
 
     def _grid(self) -> Grid:
@@ -222,7 +236,8 @@ class Forecaster:
         day = HOURS_PER_DAY * self.per_hour
         learns = not self._fitted or self.steps - self._fitted_at >= day
         taken = slice(None) if learns else slice(-9 * day, None)
-        values, told = (np.array(list(each)[taken]) for each in (self._values, self._told))
+        values = np.array(list(self._values)[taken])
+        told = {name: np.array(list(each)[taken]) for name, each in self._told.items()}
         return Grid(values, self.per_hour, self.steps - len(values), told)
 
     def _reactive(self) -> Floats:

@@ -8,12 +8,13 @@ How nervous demand is, `nervousness`, is what bands are scaled by: the mean chan
 the last hours and days, and the time of day and of week.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from coordinator.forecast.quantiles import Floats
 
@@ -22,19 +23,25 @@ HOURS_PER_WEEK: Final = 168
 NERVOUS_HOURS: Final = (3, 12, 48, 168)
 # Half a GPU: the change of a step has a logarithm where nothing changed.
 CHANGE_MIN: Final = 0.5
+# By model that hears it, for each step: as many of the GPUs wanted then as were expected, then, to
+# be wanted still when a forecast is about. NaN where nobody said.
+Told = Mapping[str, Floats]
+
+
+def at_step(told: Told, step: int) -> dict[str, float]:
+    return {name: float(said[step]) for name, said in told.items()}
 
 
 @dataclass(frozen=True)
 class Grid:
     """`values` are GPUs, one each `1 / per_hour` hours, the newest last; NaN where nobody knows.
     `first` is the number of the first step since the beginning of a day: what was dropped keeps
-    the time of day. `told` are the GPUs, of those held at each step, that were then expected to be
-    held still when a forecast is about; NaN, or nothing at all, where nobody said."""
+    the time of day. `told` has a series, as long as `values`, for each model that hears any."""
 
     values: Floats
     per_hour: int
     first: int = 0
-    told: Floats = field(default_factory=lambda: np.empty(0))
+    told: Told = field(default_factory=dict)
     _made: dict[Hashable, Floats] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
@@ -73,6 +80,13 @@ class Grid:
         if ahead < len(self.values):
             change[:-ahead] = self.values[ahead:] - self.values[:-ahead]
         return change
+
+    @cached_property
+    def full_hours(self) -> NDArray[np.bool_]:
+        """Whether an hour is over at the end of each step."""
+        ends = np.arange(self.first + 1, self.first + len(self.values) + 1)
+        full: NDArray[np.bool_] = ends % self.per_hour == 0
+        return full
 
     def hour_of_day(self) -> Floats:
         return (self.steps // self.per_hour) % HOURS_PER_DAY

@@ -43,6 +43,9 @@ ROUND_RATIO: Final = 0.05
 QUIET_RATIO: Final = 0.2  # a reach of less counts as this much there
 ROUNDS_MAX: Final = 12
 ENOUGH: Final = 1e-3  # a step that changes no number by more is the last
+# Models that hear what is told beside the series (`Grid.told`), by that name.
+AGES: Final = "ages"
+KNOWN_ENDS: Final = "known ends"
 
 Columns = Callable[[Grid], Floats]
 Rows = NDArray[np.intp] | slice
@@ -108,17 +111,32 @@ def over_weeks(taught: Lesson, ahead: int) -> Skewed:
 
 
 def aged(taught: Lesson, ahead: int) -> Skewed:
-    """From those who are there now and were told to stay (`Grid.told`): what comes besides."""
-    there = ~np.isnan(taught.grid.told[taught.past])
-    kept = Lesson(taught.grid, taught.past[there], taught.weights[there], taught.changes[there])
+    """From those who are there now and are of an age to stay (`survival.py`): what comes
+    besides."""
+    return _told(AGES, taught, ahead)
+
+
+def foretold(taught: Lesson, ahead: int) -> Skewed:
+    """The same from what jobs said of their end, which was told at full hours."""
+    full = taught.grid.full_hours[taught.past]
+    return _told(KNOWN_ENDS, _of(taught, full), ahead, rows_per_hour=1)
+
+
+def _told(name: str, taught: Lesson, ahead: int, rows_per_hour: int = ROWS_PER_HOUR) -> Skewed:
+    kept = _of(taught, ~np.isnan(taught.grid.told[name][taught.past]))
 
     def leaving(grid: Grid) -> Floats:
-        return grid.told - grid.known
+        return grid.told[name] - grid.known
 
     def columns(grid: Grid) -> Floats:
         return np.concatenate([from_means(grid), leaving(grid)[:, None]], axis=1)
 
-    return fit(kept, columns, ahead, leaving)
+    return fit(kept, columns, ahead, leaving, rows_per_hour=rows_per_hour)
+
+
+def _of(taught: Lesson, there: NDArray[np.bool_]) -> Lesson:
+    """These rows of it."""
+    return Lesson(taught.grid, taught.past[there], taught.weights[there], taught.changes[there])
 
 
 def _nothing(grid: Grid) -> Floats:
@@ -130,13 +148,15 @@ def fit(
     columns: Columns,
     ahead: int,
     due: Columns = _nothing,
+    *,
     held_ratio: float = 1.0,
+    rows_per_hour: int = ROWS_PER_HOUR,
 ) -> Skewed:
-    """Learn from every half hour of the lesson. `due` is a change that is expected anyway;
-    `held_ratio` is of the usual penalty."""
+    """Learn from every half hour of the lesson; of one row an hour, from all of them. `due` is a
+    change that is expected anyway; `held_ratio` is of the usual penalty."""
     grid = taught.grid
-    apart = max(1, grid.per_hour // ROWS_PER_HOUR)
-    taken = (len(grid.values) - taught.past) % apart == 0
+    apart = max(1, grid.per_hour // rows_per_hour)
+    taken = (len(grid.values) - taught.past) % apart == 0 if rows_per_hour > 1 else slice(None)
     past, weights = taught.past[taken], taught.weights[taken]
     changes = taught.changes[taken] - due(grid)[past]
     reaches = _reaches(grid, past, weights, ahead // apart, changes)

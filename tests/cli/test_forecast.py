@@ -14,6 +14,7 @@ import pytest
 
 from bench import forecast_ages
 from coordinator.cli import render
+from coordinator.core.demand_history import STILL_MIN
 from coordinator.forecast.backtest import backtest
 from coordinator.forecast.demand_file import read_series
 from coordinator.forecast.forecaster import KINDS, Forecaster
@@ -90,11 +91,36 @@ def test_ages_of_jobs_are_heard_as_in_the_benchmark(
     forecaster = Forecaster(1, 1, BEGIN.hour)
     hours = forecast_ages.hours(forecast_ages.drawn(3), count + 1, (1,))
     stays = np.array([hour.stays[0] for hour in hours])
-    score = backtest(forecaster, answer.gpus, 264, staying=stays)
+    score = backtest(forecaster, answer.gpus, 264, told={"ages": stays})
     (hour,) = json.loads(result.stdout)
     assert hour["backtest"]["loss"] == pytest.approx(score.loss, rel=1e-3)  # float32 on the wire
     assert hour["weights"]["ages"] == pytest.approx(forecaster.weights()["ages"], abs=0.01)
     assert hour["weights"]["ages"] > 0.05
+
+
+def test_what_jobs_said_of_their_end_is_heard(
+    baton: Baton, fake: FakeCoordinator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(render, "TOLD_EVERY_S", math.inf)
+    count = 24 * 12
+    holds = forecast_ages.holds_of(forecast_ages.drawn(3), count)
+    answer = told(*held_on_average(holds, count, 1), period_min=60)
+    said = forecast_ages.said(holds, count, tuple(minutes // 60 for minutes in STILL_MIN), 1, 1)
+    answer.still_wanted.minutes.extend(60.0 * hour for hour in range(1, count + 1))
+    answer.still_wanted.said_gpus.extend([1.0] * count)
+    answer.still_wanted.ahead_minutes.extend(STILL_MIN)
+    answer.still_wanted.gpus.extend(said.T.reshape(-1))
+    fake.answers["GetDemand"] = [answer]
+    plot = str(tmp_path / "plot.svg")
+    result = baton("forecast", "--ahead", "1", "--warm-up", "264", "--plot", plot, "--json")
+    assert (result.exit_code, "Traceback" in result.stderr) == (0, False)
+    (request,) = fake.requests
+    assert request.with_still_wanted
+    forecaster = Forecaster(1, 1, BEGIN.hour)
+    score = backtest(forecaster, answer.gpus, 264, told={"known ends": said[0]})
+    (hour,) = json.loads(result.stdout)
+    assert hour["backtest"]["loss"] == pytest.approx(score.loss, rel=1e-3)  # float32 on the wire
+    assert hour["weights"]["known ends"] > 0.3
 
 
 def test_ages_of_jobs_that_are_not_kept_for_long_are_not_heard(

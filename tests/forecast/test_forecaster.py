@@ -140,8 +140,8 @@ def test_what_is_no_count_of_gpus_is_refused(wrong: float) -> None:
 def test_what_is_kept_is_bounded() -> None:
     forecaster = Forecaster(1, 1)
     for gpus in wandering(24 * 52, seed=9):
-        forecaster.observe(gpus, 0.8 * gpus)
-    assert len(forecaster._values) == len(forecaster._told) == forecaster._values.maxlen
+        forecaster.observe(gpus, {"ages": 0.8 * gpus})
+    assert len(forecaster._values) == len(forecaster._told["ages"]) == forecaster._values.maxlen
     assert len(forecaster._said) <= 2
 
 

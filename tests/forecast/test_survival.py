@@ -114,7 +114,7 @@ def test_a_forecast_gains_by_the_ages_of_what_runs() -> None:
     (staying,) = stays(made, len(held), 1, (ahead_h,))
     kinds = [kind for kind in KINDS if kind.name in ("persistence", "skewed return", "ages")]
     told = Forecaster(ahead_h, 1, kinds=kinds)
-    score = backtest(told, held, 24 * 14, staying=staying)
+    score = backtest(told, held, 24 * 14, told={"ages": staying})
     without = backtest(Forecaster(ahead_h, 1, kinds=kinds), held, 24 * 14)
     assert score.loss < 0.96 * without.loss
     assert told.weights()["ages"] > 0.4
@@ -168,7 +168,7 @@ def test_who_is_not_told_for_a_while_goes_on_without() -> None:
     chance = random.Random(5)
     for _ in range(24 * 12):
         gpus = 100.0 + chance.randrange(20)
-        forecaster.observe(gpus, gpus - 10)
+        forecaster.observe(gpus, {"ages": gpus - 10})
     assert "ages" in forecaster.by_model()
     forecaster.observe(105.0)
     assert "ages" not in forecaster.by_model()
