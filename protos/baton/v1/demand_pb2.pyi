@@ -198,7 +198,7 @@ class StillWanted(_message.Message):
 
     @_builtins.property
     def said_gpus(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """Of the GPUs that were wanted at that moment, those that were held by jobs that said it. Above 0."""
+        """Of the GPUs that were wanted at that moment, those held by jobs that said it. Above 0."""
 
     @_builtins.property
     def ahead_minutes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
