@@ -128,6 +128,12 @@ WARM_PROPERTIES = (
     "KillSignal=SIGKILL",  # it has nothing to save
     "CollectMode=inactive-or-failed",
 )
+MOVED_PROPERTIES = (
+    "Delegate=",  # without any controller
+    # What is moved there has its sandbox already: it need not wait until the first process has one,
+    # which takes twice as long as all else.
+    "Type=simple",
+)
 FIELDS = {
     "start": {"ask", "attempt", "gpus", "memory_bytes", "grace_ms"},
     "warm": {"ask"},
@@ -276,7 +282,7 @@ def command(settings: Settings, request: dict[str, object]) -> list[str]:
         # else the limit would only move the job's memory to the disk
         *(["MemorySwapMax=0"] if request["memory_bytes"] else []),
         *(f"DeviceAllow={device} rw" for device in devices(settings, request)),
-        *(["Delegate="] if moved else []),  # without any controller
+        *(MOVED_PROPERTIES if moved else []),
     ]
     words = service(settings, unit, f"Baton attempt {attempt}", properties)
     if moved:

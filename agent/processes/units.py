@@ -31,10 +31,10 @@ OTHERS_S_MAX = 40.0
 LAUNCHER_S_MAX = 35.0  # a little longer than the launcher waits for systemd
 ANSWER_BYTES_MAX = 8192
 # Its processes have ended; systemd has yet to read so: milliseconds, on a box with time to spare.
-ENDED_LOOKS_MAX = 100
-ENDED_LOOK_S = 0.05
+ENDED_LOOKS_MAX = 200
+ENDED_LOOK_S = 0.01  # a look itself takes more
 OVER = ("inactive", "failed")
-OOM_KILL = "oom-kill"
+SUCCESS, OOM_KILL = "success", "oom-kill"
 
 log = structlog.get_logger()
 
@@ -172,7 +172,8 @@ class Units:
             if properties.get("ActiveState", OVER[0]) in OVER:
                 break
             await asyncio.sleep(ENDED_LOOK_S)
-        await self._tell({"ask": "forget", "attempt": attempt_id})
+        if properties.get("Result") != SUCCESS:  # else it is forgotten without a word of ours
+            await self._tell({"ask": "forget", "attempt": attempt_id})
         tell(why_ended(properties))
 
     async def _ask(self, asked: dict[str, object]) -> str:
