@@ -26,6 +26,9 @@ def logs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     """One program's module; what other tests configured is put back."""
     before, handlers, level = structlog.get_config(), logging.root.handlers[:], logging.root.level
     monkeypatch.setattr(request.param, "_direct", None)  # restored in the end
+    # Another test may have left it on, after which pytest has put `showwarning` back: it would
+    # count as on, and nothing would be heard.
+    logging.captureWarnings(False)
     yield request.param
     logging.captureWarnings(False)
     structlog.configure(**before)
